@@ -23,7 +23,7 @@ from splitnet.blocks.backbone import (
     parent_of,
     slice_config,
 )
-from splitnet.blocks.head import hold_head
+from splitnet.blocks.head import Head, hold_head
 from splitnet.blocks.stand_ins import HANDED, AllBlocks, BlockList, BlockStandIn, HandedStates
 from splitnet.checkpoint.checkpoint import OTHER_TOWERS, Checkpoint, check_no_unexpected, ignored
 from splitnet.checkpoint.families import (
@@ -410,9 +410,11 @@ class ClientPart:
         """`[..., hidden]`, after the final norm -> `[..., vocabulary]`; None: the head cannot be called alone."""
         return self.model.get_output_embeddings()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., hidden]`, before the final norm -> `[..., vocabulary]`."""
-        return self.head(self.norm(hidden))
+    def logits(self, hidden: Tensor, best: int = 0) -> Tensor:
+        """`[..., hidden]`, before the final norm -> `[..., vocabulary]`. best: how many of the largest logits are read,
+        see `Head.best_logits`; 0: all."""
+        head, states = self.head, self.norm(hidden)
+        return head.best_logits(states, best) if best and isinstance(head, Head) else head(states)
 
 
 @torch.no_grad()

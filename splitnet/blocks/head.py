@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from scheduler.batching import BatchingDelay
+from splitnet.blocks.screen import Screen
 from splitnet.quant.choose import NARROW, WeightChoice
-from splitnet.quant.device import seconds_after_work
+from splitnet.quant.device import end_threads, seconds_after_work
 from splitnet.quant.forms import FloatForm, WeightForm
 from splitnet.quant.linear import QuantizedLinear, sizes_of
 from splitnet.quant.native import has_kernel_for, multiply_floats
@@ -35,6 +36,10 @@ CHANGES_S = 1.0
 changes, such as changes by `weight.data`. A change of the whole weight is seen at once, a change of some rows when a
 call begins."""
 
+STATES = 64  # states after which the usual sizes of their numbers are known well enough for a screen
+LEAST_NUMBERS = 2**23  # numbers of a head from which a screen saves more than its own steps take
+MOST_PAUSE = 64  # most rows without a screen after a row that the screen did not decide
+_checking = threading.Lock()
 _SUMMED_ROWS = 256  # rows of a weight that are summed at a time, so that intermediate results take little memory
 _SAMPLE = 1024  # numbers that are compared before every product
 MOST_ROWS = 16  # maximum rows of all threads in a shared product; with more rows, products of matrices are faster
@@ -126,11 +131,13 @@ class _Sharing(nn.Module):
 class _WeightCopy:
     """A copy of a weight, with the facts by which a change of the weight is found."""
 
-    form: WeightForm | None  # the copy; None if the values of the weight do not allow a copy
+    form: WeightForm | None  # the copy in 16 bits; None if it is not wanted, or the values do not allow it
     sums: Tensor  # of the bits of each row
     state: tuple[int, int]  # the weight's address and version
     some: Tensor  # the bits of a number of each row
     used_at: float = 0.0
+    screen: Screen | None = None
+    estimate: SharedProduct | None = None  # the product with the copy of `screen`
 
 
 class Head(_Sharing, nn.Linear):
@@ -144,26 +151,79 @@ class Head(_Sharing, nn.Linear):
         self._narrows = narrows
         self._copy: _WeightCopy | None = None
         self._may_have_changed = False
+        self._squares = torch.zeros(inputs, device="cpu")  # sums of squares of the states that it has seen
+        self._unscreened = 0  # their number since the weight was new
+        self._pause = self._waits = 0  # rows without a screen after rows that the screen did not decide
 
     def expect_changes(self) -> None:
         """Makes the next product look at each row of the weight, because some rows may have changed before the caller's
         call."""
         self._may_have_changed = True
 
+    def best_logits(self, input: Tensor, count: int) -> Tensor:
+        """As the call, `[..., inputs]` -> `[..., outputs]`, except that some logits are -inf: those that are less than
+        the `count` largest of their row, also after a division by a temperature. See `splitnet.blocks.screen`."""
+        rows = input.reshape(-1, self.in_features)
+        plain = (
+            self.bias is None
+            and self.weight.numel() >= LEAST_NUMBERS
+            and not self._forward_hooks
+            and not self._forward_pre_hooks
+        )
+        few = 0 < len(rows) <= MOST_ROWS and not torch.is_grad_enabled()
+        copied = self._screened(rows) if few and plain and has_kernel_for(self.weight) else None
+        if copied is None or copied.screen is None or copied.estimate is None:
+            return self(input)
+        found: list[Tensor] = []
+        for row, estimates in zip(rows, copied.estimate(rows.float()), strict=True):
+            logits = copied.screen.best_logits(row, estimates, count)
+            self._pause = 0 if logits is not None else min(MOST_PAUSE, 2 * self._pause + 1)
+            self._waits = self._pause
+            found.append(self(row) if logits is None else logits)
+        return torch.stack(found).view(*input.shape[:-1], self.out_features)
+
+    def _screened(self, rows: Tensor) -> _WeightCopy | None:
+        """The copy of the weight that has a screen, which a thread makes when enough states were seen; None: none."""
+        with _checking:
+            if self._waits:
+                self._waits -= 1
+                return None
+            screened = self._copy is not None and self._copy.screen is not None
+            if screened and (copied := self._checked()).screen is not None:
+                return copied
+            self._squares = self._squares + rows.float().square().sum(0)
+            before, self._unscreened = self._unscreened, self._unscreened + len(rows)
+            if before < STATES <= self._unscreened:
+                weight, sizes = self._checked(), self._squares.sqrt()
+                threading.Thread(target=self._make_screen, args=(weight, sizes), daemon=True).start()
+        return None
+
+    def _make_screen(self, copied: _WeightCopy, sizes: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = copied.form.weight if isinstance(copied.form, FloatForm) else self.weight.detach()
+            screen = Screen.if_faster(weight, sizes)
+        if screen is not None:
+            copied.estimate, copied.screen = SharedProduct(screen.copy.multiply), screen
+        end_threads()
+
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
         return self._multiply if has_kernel_for(self.weight) else None
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        narrow = self._narrowed() if self._narrows and self.weight.dtype == torch.float32 else None
+        if not self._narrows or self.weight.dtype != torch.float32:
+            return multiply_floats(rows, self.weight)
+        with _checking:
+            narrow = self._checked().form
         return multiply_floats(rows, self.weight) if narrow is None else narrow.multiply(rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_copy": None}
+        return super().__getstate__() | {"_copy": None, "_unscreened": 0}
 
-    def _narrowed(self) -> WeightForm | None:
-        """The 16-bit copy of the weight, made again if the weight has changed."""
+    def _checked(self) -> _WeightCopy:
+        """The copy of the weight, made again if the weight has changed."""
         weight, now = self.weight.detach(), time.monotonic()
-        copied, bits, looks = self._copy, weight.view(torch.int32), self._may_have_changed
+        bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+        copied, looks = self._copy, self._may_have_changed
         self._may_have_changed = False
         state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         some = bits.view(-1)[:: max(1, self.in_features - 1)]  # a step shorter than a row samples every row
@@ -171,11 +231,15 @@ class Head(_Sharing, nn.Linear):
         used_at = copied.used_at if copied is not None and copied.state == state else -math.inf
         if copied is None or now - used_at > CHANGES_S or not torch.equal(some[::every], copied.some[::every]):
             sums = torch.cat([rows.sum(-1) for rows in bits.split(_SUMMED_ROWS)])
-            same = copied is not None and torch.equal(sums, copied.sums)
-            form = copied.form if copied is not None and same else FloatForm.narrowest(weight)
-            copied = self._copy = _WeightCopy(form, sums, state, some.clone())
+            if copied is not None and torch.equal(sums, copied.sums):
+                copied.state, copied.some = state, some.clone()
+            else:
+                narrows = self._narrows and weight.dtype == torch.float32
+                form = FloatForm.narrowest(weight) if narrows else None
+                copied = self._copy = _WeightCopy(form, sums, state, some.clone())
+                self._unscreened = 0
         copied.used_at = now
-        return copied.form
+        return copied
 
 
 class QuantizedHead(_Sharing, QuantizedLinear):

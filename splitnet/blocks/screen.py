@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from splitnet.quant.device import free_memory, milliseconds
-from splitnet.quant.forms import FloatForm, WeightForm
+from splitnet.quant.forms import outputs_at_a_time
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes
-from splitnet.quant.native import has_kernel_for, multiply_floats
+from splitnet.quant.native import multiply_floats
 from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat
 
 GROUP = 32
@@ -40,6 +42,7 @@ BLOCK = 4  # rows that kernels for floats multiply together, as in `native/produ
 MOST_SHARE = 0.25  # largest share of rows that are computed exactly; with more, the whole head is hardly slower
 FASTER = 0.8  # largest time of the copy's product, as a share of the whole one's, with which a screen is made
 _SPARE = 4  # free memory that a screen leaves, as a multiple of its own
+_COMPARED = 64  # rows whose bits are compared when a screen is made
 _LEAST_SIZE = 2.0**-10  # of a number of states, as a share of the largest, so that an unusual state has a finite bound
 _ROUNDED_STATE = 2.0**-16.8  # half a step of the kernel's states, as a share of the largest number, and 7 % more
 _ROUNDED_SUM = 2.0**-23  # twice the rounding of float32
@@ -47,7 +50,8 @@ _OPERATIONS = 128  # of a logit, besides one for each input
 _ROUNDED_BOUND = 1 + 2.0**-10
 _LARGEST = 1e30  # larger bounds might overflow
 _TEMPERATURE = 2.0**-20  # rounding of logits that are divided by a temperature
-_BLOCKS_PER_ROW = 64  # parts of the estimates, for each wanted row, of which the largest are computed first
+_GATHERED_BYTES = 2**18  # of rows that are gathered at a time, so that they stay in a cache
+_PARTS = 64  # parts of the estimates for each wanted row
 
 log = logging.getLogger(__name__)
 
@@ -58,43 +62,43 @@ Exact = Callable[[Tensor, Tensor], Tensor]
 class Screen:
     """The best logits of a weight `[outputs, inputs]`.
 
-    copy: the weight in few bits. bounds: `[outputs]`, the largest error of a logit for states whose `|h / scales|` is 1.
-    scales: `[inputs]`, float64, at most 1. exact: the rows of the weight itself.
+    copy: the weight in few bits. errors: `[outputs]`, the largest error of a logit by the copy, for states whose
+    `|h / scales|` is 1; scales: `[inputs]`, float64. roundings: `[outputs]`, the same of arithmetic, for states whose
+    norm is 1. exact: the rows of the weight itself.
     """
 
-    def __init__(self, copy: BlockQuantWeight, bounds: Tensor, scales: Tensor, exact: Exact) -> None:
+    def __init__(self, copy: BlockQuantWeight, errors: Tensor, scales: Tensor, roundings: Tensor, exact: Exact) -> None:
         self.copy = copy
-        self._bounds, self._scales, self._exact = bounds, scales, exact
-        self._largest = float(bounds.max())
+        self._errors, self._scales, self._roundings, self._exact = errors, scales, roundings, exact
+        self._largest = float(errors.max()), float(roundings.max())
 
     @property
     def nbytes(self) -> int:
-        return self.copy.tiles.nbytes + self._bounds.nbytes
+        return self.copy.tiles.nbytes + self._errors.nbytes + self._roundings.nbytes
 
     @classmethod
-    def of(cls, weight: WeightForm, sizes: Tensor) -> Screen | None:
-        """A screen for states whose numbers have these usual sizes, `[inputs]`.
-
-        None: the weight has no kernel, or numbers that are not finite.
-        """
-        exact = exact_rows(weight)
-        if exact is None or len(sizes) % GROUP:
+    def of(cls, weight: Tensor, sizes: Tensor) -> Screen | None:
+        """A screen of a weight of `multiply_floats`, for states whose numbers have these usual sizes, `[inputs]`, a
+        multiple of `GROUP`. None: not all numbers of the weight are finite, or the vocabulary is less than a block."""
+        if len(weight) < BLOCK:
             return None
         usual = torch.nan_to_num(sizes.double().abs(), 0.0, 0.0, 0.0)
         scales = (usual / usual.max().clamp(min=1e-300)).clamp(min=_LEAST_SIZE).sqrt()
         inputs = len(sizes)
         rounded = _ROUNDED_SUM * (inputs + _OPERATIONS) + _ROUNDED_STATE * math.sqrt(inputs)
         codes: list[Codes] = []
-        bounds: list[Tensor] = []
-        for piece in weight.pieces(torch.float32):
-            some, error = _encode(piece)
-            sums = math.sqrt(GROUP) * (1 << COPY.bits) * some.scales.float().norm(dim=1)  # bounds sums of |row| |copy|
+        errors: list[Tensor] = []
+        roundings: list[Tensor] = []
+        for piece in weight.split(outputs_at_a_time(weight.shape[1])):
+            some, error = _encode(piece.float())
             codes.append(some)
-            bounds.append((error * scales.float()).norm(dim=1) * _ROUNDED_BOUND + rounded * sums)
-        joined = torch.cat(bounds)
-        if not bool(joined.isfinite().all()):
+            errors.append((error * scales.float()).norm(dim=1) * _ROUNDED_BOUND)
+            # The norm of a row whose numbers are the largest that the kernel multiplies.
+            roundings.append(rounded * math.sqrt(GROUP) * (1 << COPY.bits) * some.scales.float().norm(dim=1))
+        bounds = torch.cat(errors), scales, torch.cat(roundings)
+        if not all(bool(each.isfinite().all()) for each in bounds):
             return None
-        return cls(BlockQuantWeight.from_codes(COPY, codes, torch.device("cpu")), joined, scales, exact)
+        return cls(BlockQuantWeight.from_codes(COPY, codes, torch.device("cpu")), *bounds, exact_rows(weight))
 
     def best_logits(self, state: Tensor, estimates: Tensor, count: int) -> Tensor | None:
         """The logits of a state `[inputs]`, `[outputs]` in its type, of which at least the `count` largest and those
@@ -102,8 +106,9 @@ class Screen:
 
         estimates: `[outputs]`, the product of the state and `copy`. None: the bounds exclude too few rows.
         """
-        reach = float((state.double() / self._scales).norm()) * _ROUNDED_BOUND
-        if not reach * self._largest < _LARGEST:
+        numbers = state.double()
+        reach, norm = (float(each.norm()) * _ROUNDED_BOUND for each in (numbers / self._scales, numbers))
+        if not reach * self._largest[0] + norm * self._largest[1] < _LARGEST:
             return None
         likely = _large(estimates, count)
         least = float(self._exact(state[None], likely).float().min())
@@ -111,12 +116,35 @@ class Screen:
             return None
         kind = torch.finfo(state.dtype)
         least -= abs(least) * (kind.eps / 2 * _ROUNDED_BOUND + _TEMPERATURE) + kind.tiny * kind.eps + 1 / _LARGEST
-        kept = (torch.add(estimates, self._bounds, alpha=reach) >= least).nonzero()[:, 0]
+        most = torch.add(estimates, self._errors, alpha=reach).add_(self._roundings, alpha=norm)
+        kept = (most >= least).nonzero()[:, 0]
         if len(kept) > MOST_SHARE * len(estimates):
             return None
         logits = state.new_full((len(estimates),), -math.inf)
         logits[kept] = self._exact(state[None], kept)
         return logits
+
+    @classmethod
+    def if_faster(cls, weight: Tensor, sizes: Tensor) -> Screen | None:
+        """As `of`; None also if this machine has too little memory, if the product with the copy is hardly faster than
+        the whole one, or if gathered rows have other bits."""
+        cpu, inputs = torch.device("cpu"), len(sizes)
+        if inputs % GROUP or held_bytes(COPY, *weight.shape) * _SPARE > free_memory(cpu):
+            return None
+        began = time.monotonic()
+        screen = cls.of(weight, sizes)
+        if screen is None:
+            return None
+        took_s = time.monotonic() - began
+        state = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0))
+        some = torch.arange(0, len(weight), max(1, len(weight) // _COMPARED))
+        some = torch.cat((some, torch.arange(len(weight) - BLOCK, len(weight))))
+        same = torch.equal(exact_rows(weight)(state, some), multiply_floats(state, weight)[0, some])
+        whole_ms = milliseconds(cpu, partial(multiply_floats, state, weight), 3)
+        copy_ms = milliseconds(cpu, partial(screen.copy.multiply, state), 3)
+        figures = screen.nbytes / 1e6, took_s, copy_ms, whole_ms, "" if same else "; gathered rows differ"
+        log.info("a copy of the head has %.0f MB, made in %.1f s: %.2f ms in place of %.2f ms%s", *figures)
+        return screen if same and copy_ms < FASTER * whole_ms else None
 
 
 def _encode(weight: Tensor) -> tuple[Codes, Tensor]:
@@ -131,27 +159,29 @@ def _encode(weight: Tensor) -> tuple[Codes, Tensor]:
 
 
 def _large(estimates: Tensor, count: int) -> Tensor:
-    """Indices of `count` large estimates: the largest of parts, because few of the largest are in the same part."""
-    part = max(1, len(estimates) // (count * _BLOCKS_PER_ROW))
-    parts = estimates[: len(estimates) // part * part].view(-1, part)
-    chosen = parts.amax(1).topk(min(count, len(parts))).indices
-    return chosen * part + parts[chosen].argmax(1)
+    """Indices of `count` large estimates: the largest of parts, which have few of the largest each, because a part is
+    spread over the vocabulary: tokenizers number tokens by frequency."""
+    parts = min(len(estimates), count * _PARTS)
+    size = len(estimates) // parts
+    table = estimates[: size * parts].view(size, parts)
+    chosen = table.amax(0).topk(min(count, parts)).indices
+    return table[:, chosen].argmax(0) * parts + chosen
 
 
-def exact_rows(weight: WeightForm) -> Exact | None:
-    """Computes rows of a product as the whole product does; None: the order of its operations is not known."""
-    if isinstance(weight, FloatForm) and has_kernel_for(weight.weight):
-        floats, outputs = weight.weight, len(weight.weight)
-        whole = outputs // BLOCK * BLOCK
-        last = torch.arange(whole, outputs)  # rows outside a block, which kernels may sum in another order
+def exact_rows(weight: Tensor) -> Exact:
+    """Computes rows of `multiply_floats` with a weight, with the same bits."""
+    whole = len(weight) // BLOCK * BLOCK
+    last = weight[whole:]  # kernels may sum rows outside a block in another order
+    some = max(1, _GATHERED_BYTES // (BLOCK * weight[0].nbytes)) * BLOCK
 
-        def rows_of_floats(state: Tensor, indices: Tensor) -> Tensor:
-            padding = -len(indices) % BLOCK
-            blocks = torch.cat((indices.clamp(max=whole - 1), indices.new_zeros(padding), last))
-            products = multiply_floats(state, floats.index_select(0, blocks))[0]  # faster than indexing
-            ends = len(products) - len(last) + indices - whole
-            places = torch.arange(len(indices))
-            return products[torch.where(indices < whole, places, ends)]
+    def rows_of(state: Tensor, indices: Tensor) -> Tensor:
+        blocks = torch.cat((indices.clamp(max=whole - 1), indices.new_zeros(-len(indices) % BLOCK)))
+        # `index_select` is faster than an index.
+        gathered = [multiply_floats(state, weight.index_select(0, each))[0] for each in blocks.split(some)]
+        products = torch.cat(gathered)[: len(indices)]
+        if len(last):
+            ends = multiply_floats(state, last)[0]
+            products = torch.where(indices < whole, products, ends[(indices - whole).clamp(min=0)])
+        return products
 
-        return rows_of_floats if whole else None
-    return None
+    return rows_of

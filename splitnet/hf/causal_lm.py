@@ -514,7 +514,7 @@ class RemoteCausalLM(RemoteModel):
 
     def _outputs_of(self, ends: ClientPart, exchange: Exchange) -> Outputs:
         hidden = exchange.finish()
-        return Outputs(ends.logits(hidden)[0], exchange.features(hidden)[0])
+        return Outputs(ends.logits(hidden, self._context.now.best)[0], exchange.features(hidden)[0])
 
     def _called(
         self, input_ids: torch.Tensor, cache: RemoteCache, begin: Callable[[torch.Tensor], Exchange]
@@ -603,7 +603,8 @@ class RemoteCausalLM(RemoteModel):
                     text.ids(), generation_config, model_kwargs, is_first_iteration=first
                 )
             decoding = Decoding(self, model_kwargs["cache"], text, drafts, self._blocks.max_positions)
-            return decoding.run(Outputs(prefilled.logits[0], torch.cat(features, dim=1)[0]))
+            with self._context.within(best=text.best):
+                return decoding.run(Outputs(prefilled.logits[0], torch.cat(features, dim=1)[0]))
         if required:
             raise refuse([*others, "synced_gpus"][0], "does not go together with speculate: leave out one of them")
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
@@ -721,7 +722,7 @@ class _Context:
     kept_session: the session that the next call of `generate()` uses. resumed: the session that the call under way
     uses. prefix: keys and values that a trained prompt puts before the text that is generated. prefixed: the cache of
     this text; None: there is none. drafts: of the text. without_side: calls run the blocks without the side network.
-    beside: see `RemoteCausalLM.beside_states`.
+    beside: see `RemoteCausalLM.beside_states`. best: see `GrowingText.best`.
     """
 
     kept_session: CachedSession | None = None
@@ -731,10 +732,13 @@ class _Context:
     drafts: Drafts | None = None
     without_side: bool = False
     beside: tuple[SideNetwork, torch.Tensor] | None = None
+    best: int = 0
 
 
 class _TokenRecorder(StoppingCriteria):
     """A criterion that never stops, but keeps the latest tokens."""
+
+    reads_scores = False
 
     def __init__(self) -> None:
         self.tokens: torch.Tensor | None = None

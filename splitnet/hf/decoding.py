@@ -9,6 +9,7 @@ probability by the model; otherwise another token is drawn from the model's dist
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,15 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import GenerationMixin
+from transformers import (
+    EosTokenCriteria,
+    GenerationMixin,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from scheduler.speculation import NO_DRAFTS, Window
 from splitnet.checkpoint.families import max_positions
@@ -36,6 +45,8 @@ MOST_TEXTS = 4
 """Largest number of simultaneous texts for which "auto" makes drafts: drafts slowed eight texts down; five to seven
 were not measured."""
 
+_LEAST_TEMPERATURE = 1e-3  # with lower ones, and with higher ones than the inverse, differences might be lost
+_BLIND = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)  # criteria that read no scores
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
 _HANDED_OVER = frozenset({"input_ids", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
@@ -95,6 +106,25 @@ class GrowingText:
     def ids(self, start: int = 0) -> torch.Tensor:
         """The tokens from `start` on, `[1, seq]`."""
         return self._held[:, start : len(self.tokens)]
+
+    @property
+    def best(self) -> int:
+        """How many of the largest logits decide the choices of tokens, with those equal to the least; 0: all may.
+
+        A call with these logits and -inf for others chooses the same tokens with the same random numbers: after
+        `TopKLogitsWarper`, the scores are the same.
+        """
+        processors = list(self._processor)
+        while processors and type(processors[0]) is TemperatureLogitsWarper:
+            if not _LEAST_TEMPERATURE <= processors.pop(0).temperature <= 1 / _LEAST_TEMPERATURE:
+                return 0
+        first = processors[0] if processors else None
+        if type(first) is TopKLogitsWarper:
+            return first.top_k if first.filter_value == -math.inf else 0
+        if first is not None or self._samples:
+            return getattr(first, "best_logits_read", 0) if len(processors) == len(self._processor) else 0
+        blind = (type(each) in _BLIND or not getattr(each, "reads_scores", True) for each in self._criteria)
+        return 1 if len(self._processor) == 0 and all(blind) else 0
 
     def choose_token(self, logits: torch.Tensor) -> int:
         """Chooses and appends the next token from logits `[vocabulary]`."""

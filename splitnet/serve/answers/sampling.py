@@ -96,6 +96,13 @@ class TokenChooser(LogitsProcessor):
             if sampling.min_p:
                 self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
+    @property
+    def best_logits_read(self) -> int:
+        """How many of the largest logits decide the choice, see `splitnet.hf.decoding.GrowingText.best`; 0: all may."""
+        if self._top is not None or self._allowed or self._sampling.changes_logits:
+            return 0
+        return 1 if self._greedy else self._sampling.top_k
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1]
         possible = self._possible(input_ids, scores)
