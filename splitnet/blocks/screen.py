@@ -11,9 +11,9 @@ finds the candidates is the idea of SVD-softmax (Shim et al., arXiv:1711.00741),
 from the sizes of states that the head has seen; other sizes make it slow, never wrong. To this come the rounding of
 states to 16 bits in the kernel, and all roundings of both sums, whatever their order.
 
-**The same bits.** Kernels compute outputs in blocks of four rows, each from its own rows
-and in the same order, wherever the block is. Rows that are gathered into blocks thus have the result of the whole
-product; a screen is only made if this holds for some rows here.
+**The same bits.** Kernels compute outputs in blocks of four rows, each row in the same order, whatever the other rows
+are. Rows that are gathered into blocks thus have the result of the whole product; a screen is only made if this holds
+for some rows here.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _ROUNDED_STATE = 2.0**-16.8  # half a step of the kernel's states, as a share of
 _ROUNDED_SUM = 2.0**-23  # twice the rounding of float32
 _OPERATIONS = 128  # of a logit, besides one for each input
 _ROUNDED_BOUND = 1 + 2.0**-10
+_LOST = 2.0**-52  # more than what underflows; states with a smaller norm use the whole head
 _LARGEST = 1e30  # larger bounds might overflow
 _TEMPERATURE = 2.0**-20  # rounding of logits that are divided by a temperature
 _GATHERED_BYTES = 2**18  # of rows that are gathered at a time, so that they stay in a cache
@@ -92,37 +93,13 @@ class Screen:
         for piece in weight.split(outputs_at_a_time(weight.shape[1])):
             some, error = _encode(piece.float())
             codes.append(some)
-            errors.append((error * scales.float()).norm(dim=1) * _ROUNDED_BOUND)
+            errors.append((error * scales.float()).norm(dim=1) * _ROUNDED_BOUND + _LOST)
             # The norm of a row whose numbers are the largest that the kernel multiplies.
             roundings.append(rounded * math.sqrt(GROUP) * (1 << COPY.bits) * some.scales.float().norm(dim=1))
         bounds = torch.cat(errors), scales, torch.cat(roundings)
         if not all(bool(each.isfinite().all()) for each in bounds):
             return None
         return cls(BlockQuantWeight.from_codes(COPY, codes, torch.device("cpu")), *bounds, exact_rows(weight))
-
-    def best_logits(self, state: Tensor, estimates: Tensor, count: int) -> Tensor | None:
-        """The logits of a state `[inputs]`, `[outputs]` in its type, of which at least the `count` largest and those
-        equal to the least of them are the head's, also after a division by a temperature; others may be -inf.
-
-        estimates: `[outputs]`, the product of the state and `copy`. None: the bounds exclude too few rows.
-        """
-        numbers = state.double()
-        reach, norm = (float(each.norm()) * _ROUNDED_BOUND for each in (numbers / self._scales, numbers))
-        if not reach * self._largest[0] + norm * self._largest[1] < _LARGEST:
-            return None
-        likely = _large(estimates, count)
-        least = float(self._exact(state[None], likely).float().min())
-        if not math.isfinite(least):
-            return None
-        kind = torch.finfo(state.dtype)
-        least -= abs(least) * (kind.eps / 2 * _ROUNDED_BOUND + _TEMPERATURE) + kind.tiny * kind.eps + 1 / _LARGEST
-        most = torch.add(estimates, self._errors, alpha=reach).add_(self._roundings, alpha=norm)
-        kept = (most >= least).nonzero()[:, 0]
-        if len(kept) > MOST_SHARE * len(estimates):
-            return None
-        logits = state.new_full((len(estimates),), -math.inf)
-        logits[kept] = self._exact(state[None], kept)
-        return logits
 
     @classmethod
     def if_faster(cls, weight: Tensor, sizes: Tensor) -> Screen | None:
@@ -145,6 +122,30 @@ class Screen:
         figures = screen.nbytes / 1e6, took_s, copy_ms, whole_ms, "" if same else "; gathered rows differ"
         log.info("a copy of the head has %.0f MB, made in %.1f s: %.2f ms in place of %.2f ms%s", *figures)
         return screen if same and copy_ms < FASTER * whole_ms else None
+
+    def best_logits(self, state: Tensor, estimates: Tensor, count: int) -> Tensor | None:
+        """The logits of a state `[inputs]`, `[outputs]` in its type, of which at least the `count` largest and those
+        equal to the least of them are the head's, also after a division by a temperature; others may be -inf.
+
+        estimates: `[outputs]`, the product of the state and `copy`. None: the bounds exclude too few rows.
+        """
+        numbers = state.double()
+        reach, norm = (float(each.norm()) * _ROUNDED_BOUND for each in (numbers / self._scales, numbers))
+        if not (norm > _LOST and reach * self._largest[0] + norm * self._largest[1] < _LARGEST):
+            return None
+        likely = _large(estimates, count)
+        least = float(self._exact(state[None], likely).float().min())
+        if not math.isfinite(least):
+            return None
+        kind = torch.finfo(state.dtype)
+        least -= abs(least) * (kind.eps / 2 * _ROUNDED_BOUND + _TEMPERATURE) + kind.tiny * kind.eps + 1 / _LARGEST
+        most = torch.add(estimates, self._errors, alpha=reach).add_(self._roundings, alpha=norm)
+        kept = (most >= least).nonzero()[:, 0]
+        if len(kept) > MOST_SHARE * len(estimates):
+            return None
+        logits = state.new_full((len(estimates),), -math.inf)
+        logits[kept] = self._exact(state[None], kept)
+        return logits
 
 
 def _encode(weight: Tensor) -> tuple[Codes, Tensor]:
