@@ -105,7 +105,7 @@ def test_errors_are_within_the_bounds_and_not_far_below() -> None:
     screen = Screen.of(weight, states.square().mean(0).sqrt())
     assert screen is not None
     errors = (states.double() @ weight.double().T - screen.copy.multiply(states)).abs()
-    reach = (states.double() / screen._scales).norm(dim=1)
+    reach = (states / screen._scales).norm(dim=1)
     share = errors / (reach[:, None] * screen._errors + states.norm(dim=1)[:, None] * screen._roundings)
     assert 0.4 < float(share.max()) <= 1
 
