@@ -31,7 +31,7 @@ from torch import Tensor
 from splitnet.quant.device import free_memory, milliseconds
 from splitnet.quant.forms import outputs_at_a_time
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes
-from splitnet.quant.native import multiply_floats
+from splitnet.quant.native import BLOCK, multiply_floats, multiply_listed
 from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat
 
 GROUP = 32
@@ -39,7 +39,6 @@ COPY = CodeLayout(5, GROUP, ScaleFormat.BFLOAT16, offset=16)
 """The copy. On an AMD EPYC its product takes 0.26 of the time of bfloat16, with one thread. With 4 bits so many rows
 remain that the whole takes longer; 6 or 8 bits take 0.35 and 0.47, to save rows that hardly count."""
 
-BLOCK = 4  # rows that kernels for floats multiply together, as in `native/products.h`
 MOST_SHARE = 0.25  # largest share of rows that are computed exactly; with more, the whole head is hardly slower
 FASTER = 0.8  # largest time of the copy's product, as a share of the whole one's, with which a screen is made
 _SPARE = 4  # free memory that a screen leaves, as a multiple of its own
@@ -52,13 +51,12 @@ _ROUNDED_BOUND = 1 + 2.0**-10
 _LOST = 2.0**-52  # more than what underflows; states with a smaller norm use the whole head
 _LARGEST = 1e30  # larger bounds might overflow
 _TEMPERATURE = 2.0**-20  # rounding of logits that are divided by a temperature
-_GATHERED_BYTES = 2**19  # of rows that are gathered at a time, so that they stay in a cache
 _PARTS = 1024, 64  # the least number of parts of the estimates, and parts for each wanted row
 
 log = logging.getLogger(__name__)
 
 Exact = Callable[[Tensor, Tensor], Tensor]
-"""States `[1, inputs]` and indices of outputs `[n]` -> their logits `[n]`, in the type of the states."""
+"""A state `[inputs]` and indices of outputs `[n]` -> their logits `[n]`, in the type of the state."""
 
 
 class Screen:
@@ -117,7 +115,7 @@ class Screen:
         state = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0))
         some = torch.arange(0, len(weight), max(1, len(weight) // _COMPARED))
         some = torch.cat((some, torch.arange(len(weight) - BLOCK, len(weight))))
-        same = torch.equal(exact_rows(weight)(state, some), multiply_floats(state, weight)[0, some])
+        same = torch.equal(exact_rows(weight)(state[0], some), multiply_floats(state, weight)[0, some])
         whole_ms = milliseconds(cpu, partial(multiply_floats, state, weight), 3)
         copy_ms = milliseconds(cpu, partial(screen.copy.multiply, state), 3)
         figures = screen.nbytes / 1e6, took_s, copy_ms, whole_ms, "" if same else "; gathered rows differ"
@@ -135,7 +133,7 @@ class Screen:
         if not (norm > _LOST and reach * self._largest[0] + norm * self._largest[1] < _LARGEST):
             return None
         likely = _large(estimates, count)
-        least = float(self._exact(state[None], likely).float().min())
+        least = float(self._exact(state, likely).float().min())
         if not math.isfinite(least):
             return None
         kind = torch.finfo(state.dtype)
@@ -145,7 +143,7 @@ class Screen:
         if len(kept) > MOST_SHARE * len(estimates):
             return None
         logits = state.new_full((len(estimates),), -math.inf)
-        logits[kept] = self._exact(state[None], kept)
+        logits[kept] = self._exact(state, kept)
         return logits
 
 
@@ -174,17 +172,11 @@ def exact_rows(weight: Tensor) -> Exact:
     """Computes rows of `multiply_floats` with a weight, with the same bits."""
     whole = len(weight) // BLOCK * BLOCK
     last = weight[whole:]  # kernels may sum rows outside a block in another order
-    some = max(1, _GATHERED_BYTES // (BLOCK * weight[0].nbytes)) * BLOCK
 
     def rows_of(state: Tensor, indices: Tensor) -> Tensor:
-        inside = indices.clamp(max=whole - 1) if len(last) else indices
-        blocks = torch.nn.functional.pad(inside, (0, -len(indices) % BLOCK))
-        # `index_select` is faster than an index.
-        gathered = [multiply_floats(state, weight.index_select(0, each))[0] for each in blocks.split(some)]
-        products = (gathered[0] if len(gathered) == 1 else torch.cat(gathered))[: len(indices)]
-        if len(last):
-            ends = multiply_floats(state, last)[0]
-            products = torch.where(indices < whole, products, ends[(indices - whole).clamp(min=0)])
-        return products
+        if not len(last):
+            return multiply_listed(state, weight, indices)
+        products, ends = multiply_listed(state, weight, indices), multiply_floats(state[None], last)[0]
+        return torch.where(indices < whole, products, ends[(indices - whole).clamp(min=0)])
 
     return rows_of

@@ -155,6 +155,65 @@ static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, enum 
     Py_RETURN_NONE;
 }
 
+/* Rows of weights that a list names, gathered into blocks. The result of a row is that of the product with all weights if
+its place there is in a whole block. */
+typedef struct {
+    const Job *job;
+    Kernel kernel;
+    const int64_t *indices;
+    int64_t pitch; /* bytes of a row */
+    char *blocks;  /* room for a block, by part */
+    int64_t parts;
+} Listed;
+
+static void multiply_some_listed(const void *given, int64_t part) {
+    const Listed *all = given;
+    const int64_t count = all->job->outputs, share = parts_of(parts_of(count, BLOCK), all->parts) * BLOCK;
+    const int64_t stop = (part + 1) * share < count ? (part + 1) * share : count, lines = parts_of(all->pitch, VECTOR);
+    const char *weights = all->job->weights;
+    char *block = all->blocks + part * BLOCK * all->pitch;
+    float products[BLOCK];
+    for (int64_t i = part * share; i < stop; i += BLOCK) {
+        const int64_t many = stop - i < BLOCK ? stop - i : BLOCK;
+        for (int64_t o = 0; o < BLOCK; o++) {
+            if (i + o + 2 * BLOCK < stop) fetch(weights + all->indices[i + o + 2 * BLOCK] * all->pitch, lines, VECTOR);
+            memcpy(block + o * all->pitch, weights + all->indices[i + (o < many ? o : 0)] * all->pitch, all->pitch);
+        }
+        Job some = {block, all->job->rows, products, 1, all->job->inputs, BLOCK, 1};
+        all->kernel(&some, NULL, 0, BLOCK);
+        memcpy(all->job->products + i, products, many * sizeof(float));
+    }
+}
+
+/* Takes (weights, row, products, an `enum kind`, inputs, number of indices, threads, indices of outputs, number
+of outputs). */
+static PyObject *listed(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[9];
+    if (!read_numbers(given, count, numbers, 9)) return NULL;
+    Job job;
+    if (!read_job(given, 7, &job)) return NULL;
+    const enum kind kind = (enum kind)numbers[3];
+    const int64_t parts = job.threads < 1 ? 1 : job.threads, pitch = job.inputs * (kind == FLOAT32 ? 4 : 2);
+    if (path->floats[kind] == NULL) {
+        PyErr_Format(PyExc_NotImplementedError, "there are no kernels for floats among those for %s", path->name);
+        return NULL;
+    }
+    const int64_t *indices = (const int64_t *)(intptr_t)numbers[7];
+    for (int64_t i = 0; i < job.outputs; i++)
+        if (indices[i] < 0 || indices[i] >= numbers[8]) {
+            PyErr_Format(PyExc_IndexError, "there are %lld outputs, and %lld is asked for", numbers[8], (long long)indices[i]);
+            return NULL;
+        }
+    char *blocks = malloc(parts * BLOCK * pitch + 1);
+    if (blocks == NULL) return PyErr_NoMemory();
+    Listed all = {&job, path->floats[kind], indices, pitch, blocks, parts};
+    Py_BEGIN_ALLOW_THREADS
+    run_parts(multiply_some_listed, &all, parts, parts);
+    Py_END_ALLOW_THREADS
+    free(blocks);
+    Py_RETURN_NONE;
+}
+
 static PyObject *float32(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     return multiply_floats(given, count, FLOAT32);
 }
@@ -255,6 +314,7 @@ static PyMethodDef methods[] = {
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
+    {"listed", (PyCFunction)(void (*)(void))listed, METH_FASTCALL, "A row times some outputs of weights of floats."},
     {"run_steps", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "Runs new positions through blocks."},
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has the instructions of each path."},
     {"use", use, METH_O, "Chooses the path of this name."},

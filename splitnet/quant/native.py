@@ -34,7 +34,9 @@ from splitnet.quant.device import linked_with_torch
 
 PATH_VARIABLE = "SPLITNET_KERNELS"  # names the path, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`
 PLAIN_PATH = "plain"  # loops for any CPU
-_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # names of the kernels
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""The names of the kernels, in the order of `enum kind` in `native/products.h`."""
+BLOCK = 4  # outputs of floats that kernels compute together, as in `native/products.h`
 # Functions of an OpenMP, as `Pool` in `native/threads.h`.
 _POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -47,7 +49,7 @@ def _load() -> tuple[Any, str]:
         return None, "not compiled"
     except ImportError as error:
         return None, f"compiled, but not loaded ({error})"
-    if not hasattr(loaded, "run_steps"):
+    if not hasattr(loaded, "listed"):
         return None, f"compiled, but from older sources ({loaded.__file__})"
     try:
         torchs = linked_with_torch()
@@ -303,6 +305,19 @@ def multiply_floats(rows: Tensor, weight: Tensor) -> Tensor:
     places = (weight.data_ptr(), given.data_ptr(), products.data_ptr())
     kernel(*places, *given.shape, len(weight), torch.get_num_threads())
     return products.to(rows.dtype)
+
+
+def multiply_listed(row: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    """The products, `[len(indices)]`, of a row `[inputs]` with some outputs of a weight of `multiply_floats`.
+
+    The same bits as in `multiply_floats` for outputs in its whole blocks of `BLOCK`. Raises IndexError for an output
+    that the weight does not have.
+    """
+    given, chosen = row.float().contiguous(), indices.contiguous()
+    products = given.new_empty(len(chosen))
+    places = (weight.data_ptr(), given.data_ptr(), products.data_ptr(), list(_FLOATS).index(weight.dtype))
+    _kernels.listed(*places, len(given), len(chosen), torch.get_num_threads(), chosen.data_ptr(), len(weight))
+    return products.to(row.dtype)
 
 
 def step(
