@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from splitnet.errors import KernelsError
 from splitnet.quant import native
 from splitnet.quant.choose import INT8_TILES
-from splitnet.quant.native import multiply_floats
+from splitnet.quant.native import BLOCK, multiply_floats, multiply_listed
 from splitnet.quant.packed_tensor import TABLES, StoredMatrix
 from tests.unit.quant.test_grouped_forms import far, hold_stored
 from tests.unit.random_codes import LAYOUTS, matrix_of
@@ -102,6 +102,19 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
     assert torch.equal(product, torch.cat([multiply_floats(row[None], weight) for row in rows]))
     size = rows.double().abs() @ weight.double().abs().T
     assert ((product - rows.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [1, 33, 576])
+def test_listed_outputs_have_the_bits_of_the_whole_product(dtype: torch.dtype, inputs: int) -> None:
+    row, weight = rows_of(1, inputs, 1)[0], torch.randn(403, inputs).to(dtype)
+    whole = multiply_floats(row[None], weight)[0]
+    for count in (0, 1, 5, 64, 1001):
+        indices = torch.randint(len(weight) // BLOCK * BLOCK, (count,))
+        assert torch.equal(multiply_listed(row, weight, indices), whole[indices])
+    for unknown in (-1, 403):
+        with pytest.raises(IndexError, match=f"there are 403 outputs, and {unknown} is asked for"):
+            multiply_listed(row, weight, torch.tensor([0, unknown]))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
