@@ -106,6 +106,7 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", [1, 33, 576])
+@needs_floats
 def test_listed_outputs_have_the_bits_of_the_whole_product(dtype: torch.dtype, inputs: int) -> None:
     row, weight = rows_of(1, inputs, 1)[0], torch.randn(403, inputs).to(dtype)
     whole = multiply_floats(row[None], weight)[0]
