@@ -36,9 +36,9 @@ from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat
 
 GROUP = 32
 COPY = CodeLayout(5, GROUP, ScaleFormat.BFLOAT16, offset=16)
-"""The copy. With one thread of an AMD EPYC, its product takes 0.26 of the time of bfloat16 for 151,936 words of 896. The
-product with 4 bits takes 0.20, but ten to fifty times as many rows of SmolLM2's head remain; those with 6 bits and with
-8 by rows take 0.35 and 0.47. Bounds of a low rank (64 to 256 of 576) exclude no row."""
+"""The copy. With one thread of an AMD EPYC, its product takes 0.26 of the time of bfloat16 for 151,936 words of 896.
+With 4 bits it takes 0.20, but ten to fifty times as many rows of SmolLM2's head remain; with 6 bits and with 8 by rows,
+0.35 and 0.47. Bounds of a low rank (64 to 256 of 576) exclude no row."""
 
 MOST_SHARE = 0.25  # largest share of rows that are computed exactly; with more, the whole head is hardly slower
 FASTER = 0.8  # largest time of the copy's product, as a share of the whole one's, with which a screen is made
